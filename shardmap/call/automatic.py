@@ -48,6 +48,7 @@ from shardmap.run.base import Job
 from shardmap.trace.batch import Batch
 from shardmap.trace.compare import difference, forks
 from shardmap.trace.recording import Recording
+from shardmap.trace.saved_hooks import saved_hooks_set_aside
 from shardmap.trace.watch import PythonWatch
 
 _FUNCTIONS = 256
@@ -272,7 +273,9 @@ class OneCall:
                 before = None
             elif found is not None:
                 self._drop()
-                if self._is_stale(before, batch, recording, replay):
+                with saved_hooks_set_aside():
+                    stale = self._is_stale(before, batch, recording, replay)
+                if stale:
                     self._refuse(f"two recordings differ: {found}")
                     raise errors.StaleReplayError(
                         f"{self._call}: the function was recorded again, which trace='auto' does "
@@ -395,8 +398,9 @@ class OneCall:
         if not are_leaves_of(batch, leaves):
             return
         kept.of = state()
-        job = whole_job()
-        kept.direct = job and direct_of(prepared, batch, self._of.options, job, form)
+        with saved_hooks_set_aside():  # the call's result has been computed: this is no part of it
+            job = whole_job()
+            kept.direct = job and direct_of(prepared, batch, self._of.options, job, form)
 
     def forget(self, batch: Batch) -> None:
         """Drop the recording for this signature because it is stale."""

@@ -27,6 +27,7 @@ from shardmap.call.options import Options
 from shardmap.call.reachable import History, Unknown, reachable, same
 from shardmap.run.base import Job
 from shardmap.trace.batch import Batch
+from shardmap.trace.saved_hooks import saved_hooks_set_aside
 from shardmap.trace.watch import PythonWatch
 
 
@@ -153,6 +154,7 @@ class OnceCall:
             return
         if not are_leaves_of(batch, leaves):
             return
-        of, job = state(), whole_job()
-        direct = job and direct_of(prepared, batch, self._of.options, job, form)
+        with saved_hooks_set_aside():  # the call's result has been computed: this is no part of it
+            of, job = state(), whole_job()
+            direct = job and direct_of(prepared, batch, self._of.options, job, form)
         self._of.last = direct and _Last(direct, remembered, signature(batch), of)

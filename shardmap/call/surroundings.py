@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch.utils import checkpoint
+
+from shardmap import errors
 from shardmap._torch import (
     device_mode,
     dispatch_depth,
@@ -62,7 +65,12 @@ def of_call(batch: Batch, options: Options) -> tuple[Surroundings, Batch, Option
     """The surroundings of a call, and its arguments and options as they are in them.
 
     Fake tensors alone are placed on the named devices, as real ones are.
+
+    Raises:
+        TransformError: A selective checkpoint is around it.
     """
+    if dispatch_depth():
+        _refuse_selective(options.call)
     if not (is_traced(batch.leaves) and (options.devices == "auto" or is_graph_made())):
         return surroundings(), batch, options
     # Part of a graph that is being traced, as one chunk: nothing can be compared or measured.
@@ -71,6 +79,20 @@ def of_call(batch: Batch, options: Options) -> tuple[Surroundings, Batch, Option
     if options.reduce is not None:  # cut into parts, whose number must not be a symbol
         batch = dataclasses.replace(batch, size=int(batch.size))
     return Surroundings(True, True, True), batch, options
+
+
+def _refuse_selective(call: str) -> None:
+    """Refuse a checkpoint around that keeps the results of some operators, by their order.
+
+    A call that is made again runs other operators: what has been recorded and tried is known then.
+    """
+    if any(type(mode).__module__ == checkpoint.__name__ for mode in dispatch_modes()):
+        raise errors.TransformError(
+            f"{call}: a selective checkpoint (context_fn) is around the call, which keeps results "
+            "of operators by their order, and a map does not run the same ones twice; checkpoint "
+            "without context_fn, use the selective one inside the mapped function, or pass "
+            "remat=True to the map instead"
+        )
 
 
 def is_empty(batch: Batch, around: Surroundings, recording: Recording) -> bool:
