@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import operator
@@ -126,19 +127,13 @@ def _computed_again(
         nonlocal runs
         runs += 1
         left = iter(given)
-        with unpacked.first() if runs == 1 else unpacked.again():
+        within = unpacked.first() if runs == 1 else unpacked.again()
+        with within, also_through(around) if around else contextlib.nullcontext():
             return compute(*[t if t.is_inference() else next(left) for t in inputs])
 
-    if around is None:
-        return checkpoint(of_saved, *saved, use_reentrant=False, early_stop=early)
-
-    def of_packed(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with also_through(around):
-            return of_saved(*given)
-
     # The hooks are for what the chunk saves, not for the samples that it is computed from again.
-    with saved_hooks_set_aside():
-        return checkpoint(of_packed, *saved, use_reentrant=False, early_stop=early)
+    with saved_hooks_set_aside() if around else contextlib.nullcontext():
+        return checkpoint(of_saved, *saved, use_reentrant=False, early_stop=early)
 
 
 def _forbids_hooks(error: RuntimeError) -> bool:
@@ -172,6 +167,7 @@ class _Unpacked:
         pack, unpack = hooks
         places = itertools.count()
 
+        @functools.wraps(pack)  # by its module it is known as a checkpoint's (`saved_hooks`)
         def placed(tensor: torch.Tensor) -> object:
             holder = pack(tensor)
             self._places[id(holder)] = next(places)  # one that is gone may have had its address
@@ -211,6 +207,7 @@ class _Unpacked:
         pack, unpack = hooks
         self._versions.clear()
 
+        @functools.wraps(pack)
         def counted(tensor: torch.Tensor) -> object:
             self._versions.append(None if tensor.is_inference() else version_of(tensor))
             return pack(tensor)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from shardmap._torch import aten
 from shardmap.program.schema import span
 from shardmap.trace.recording import element
 
@@ -278,7 +279,7 @@ def tensor_split(*args: object, **kwargs: object) -> Sequence[Tensor]:
 
 
 _INDICES = "tensor_indices_or_sections"
-_tensor_split = torch.ops.aten.tensor_split
+_tensor_split = aten.tensor_split
 BY_VALUES: dict[object, Callable[..., object]] = {
     torch.nn.functional.one_hot: one_hot,
     torch.tensor_split: tensor_split,
