@@ -192,7 +192,7 @@ def bincount_rows(
 
 
 class _Underivable(torch.autograd.Function):
-    """Values that are computed from `x` and have no derivative, which torch says when asked."""
+    """Values that are computed from `x` and have no derivative: the errors are torch's own."""
 
     generate_vmap_rule = True
 
@@ -208,6 +208,14 @@ class _Underivable(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: torch.Tensor) -> NoReturn:
         name = ctx.operator  # pyright: ignore[reportAttributeAccessIssue]
         raise NotImplementedError(f"the derivative for '{name}' is not implemented.")
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, *tangents: torch.Tensor) -> NoReturn:
+        name = ctx.operator  # pyright: ignore[reportAttributeAccessIssue]
+        raise NotImplementedError(
+            f"Trying to use forward AD with {name} that does not support it because it has not "
+            "been implemented yet."
+        )
 
 
 def unique_rows(

@@ -15,7 +15,7 @@ from shardmap._torch import pytree
 from shardmap.transforms import agreement, guess
 from shardmap.transforms.asked import Asked
 from shardmap.transforms.base import Results
-from shardmap.transforms.modes import Graph, has_no_formula, pushed_forward
+from shardmap.transforms.modes import Graph, first_line, has_no_formula, pushed_forward
 from shardmap.transforms.one_sample import OneSample, joined
 from shardmap.transforms.seeds import UnitVectors
 
@@ -71,7 +71,9 @@ class FirstOrder(OneSample):
         except (NotImplementedError, RuntimeError) as error:
             if not _refuses_forward(error):
                 raise
-            logger.info("%s: takes reverse mode, for in forward mode: %s", self.call, _line(error))
+            logger.info(
+                "%s: takes reverse mode, for in forward mode: %s", self.call, first_line(error)
+            )
             return self._all_rows(graph)
         if not why:
             return self._columns(tangents, as_reverse=True)
@@ -81,7 +83,9 @@ class FirstOrder(OneSample):
         except (NotImplementedError, RuntimeError) as error:
             if why in (_ASKS, _DRAWS) or not _refuses_reverse(error):
                 raise
-            logger.info("%s: takes forward mode, for in reverse mode: %s", self.call, _line(error))
+            logger.info(
+                "%s: takes forward mode, for in reverse mode: %s", self.call, first_line(error)
+            )
             return self._columns(tangents, as_reverse=True)
 
     def _tangents_as_reverse(self) -> tuple[_Tangents, str]:
@@ -231,7 +235,7 @@ class FirstOrder(OneSample):
         taken = min(costs, key=lambda mode: costs[mode] * (LEANING if mode == "reverse" else 1))
         for mode, error in refused.items():
             logger.info(
-                "%s: takes %s mode, for in %s mode: %s", self.call, taken, mode, _line(error)
+                "%s: takes %s mode, for in %s mode: %s", self.call, taken, mode, first_line(error)
             )
         if not refused:
             logger.info(
@@ -294,7 +298,3 @@ def _refuses_forward(error: Exception) -> bool:
 
 def _refuses_reverse(error: Exception) -> bool:
     return not isinstance(error, errors.ShardmapError) and has_no_formula(error)
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -181,6 +181,11 @@ def pushed_forward(
     return list(found[0]), list(found[1]), found[2]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for the log."""
+    return str(error).partition("\n")[0]
+
+
 def has_no_formula(error: BaseException) -> bool:
     """True if autograd's error says that an operator cannot be differentiated in this mode."""
     text = str(error)

@@ -28,6 +28,7 @@ from shardmap.transforms.base import (
 )
 from shardmap.transforms.modes import (
     Graph,
+    first_line,
     has_no_formula,
     pulled_back,
     pushed_forward,
@@ -237,7 +238,7 @@ def hvp(
             logger.info(
                 "%s: takes two backward passes, for in forward mode: %s",
                 call,
-                str(error).partition("\n")[0],
+                first_line(error),
             )
             with torch.enable_grad():
                 gradients = pulled_back([value], graph.leaves, [torch.ones_like(value)], True)

@@ -11,7 +11,13 @@ import torch
 from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.transforms.base import Results
-from shardmap.transforms.modes import Graph, has_no_formula, pulled_back, pushed_forward
+from shardmap.transforms.modes import (
+    Graph,
+    first_line,
+    has_no_formula,
+    pulled_back,
+    pushed_forward,
+)
 from shardmap.transforms.one_sample import OneSample, Part, joined
 from shardmap.transforms.seeds import UnitVectors
 
@@ -53,9 +59,11 @@ class SecondOrder(OneSample):
             try:
                 return self._all_blocks(graph, self._tangents_of_mapped_gradients(graph))
             except (NotImplementedError, RuntimeError) as other:
-                logger.info("%s: torch.func does not serve it: %s", self.call, _line(other))
+                # Torch words what it does not serve in many ways. The function has run before, so
+                # an error of its own is raised by the backward passes as well.
+                logger.info("%s: torch.func does not serve it: %s", self.call, first_line(other))
         logger.info(
-            "%s: takes two backward passes, for in forward mode: %s", self.call, _line(error)
+            "%s: takes two backward passes, for in forward mode: %s", self.call, first_line(error)
         )
         return self._all_blocks(graph, self._gradients_of_gradients(graph), twice=True)
 
@@ -164,7 +172,3 @@ class SecondOrder(OneSample):
             return pulled_back([gradients[j]], graph.leaves, [seed], graph.create_graph)
 
         return second
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 import threading
@@ -14,16 +13,8 @@ from torch import nn
 
 import shardmap
 from shardmap.call import automatic
-from tests.call.changes import STATES, WAYS
+from tests.call.all_changes import STATES, WAYS
 from tests.call.runs import counting
-
-for part in (
-    "values", "objects", "surroundings", "modules", "settings", "tensors", "builtins", "classes",
-    "libraries", "arrays", "caches", "absent",
-):  # fmt: skip
-    importlib.import_module(f"tests.call.changes_of_{part}")
-for part in ("found", "unspelled", "seldom", "of_keys"):
-    importlib.import_module(f"tests.call.changes_{part}")
 
 
 def loop(f, rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp
 
 import shardmap
-from tests.call.changes import WAYS
+from tests.call.all_changes import WAYS
 from tests.call.runs import counting
-
-for part in (
-    "values", "objects", "surroundings", "modules", "settings", "tensors", "builtins", "classes",
-    "libraries", "arrays", "caches", "absent",
-):  # fmt: skip
-    importlib.import_module(f"tests.call.changes_of_{part}")
-for part in ("found", "unspelled", "seldom", "of_keys"):
-    importlib.import_module(f"tests.call.changes_{part}")
 
 Map = Callable[..., Tensor]
 

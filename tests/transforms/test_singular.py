@@ -77,7 +77,10 @@ def test_products_and_gradients(way: str) -> None:
 def test_ties_of_second_derivatives(reduction: str, way: str) -> None:
     """torch.func decomposes the gradient of `huber_loss`, which has no forward formula."""
     x = torch.tensor([[1.5, 0.2], [1, 2], [-1, 1], [0, -1]], dtype=torch.float64)
-    function = lambda r: F.huber_loss(r, torch.zeros_like(r), reduction=reduction)  # noqa: E731
+
+    def function(r: Tensor) -> Tensor:
+        return F.huber_loss(r, torch.zeros_like(r), reduction=reduction)
+
     mapped = shardmap.hessian(function, **WAYS[way])
     expected = loop(FUNC.hessian(function), x)
     with_and_without_grad(lambda: mapped(x), expected)
