@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ from shardmap.run import ray as on_ray
 from shardmap.store import Sink
 from shardmap.trace.batch import Batch, unflatten_outputs
 from shardmap.trace.record import record
+from shardmap.trace.saved_hooks import are_saved_hooks_around, integers_kept
 from shardmap.trace.thread_state import thread_state_kept
 from shardmap.trace.watch import PythonWatch
 
@@ -166,12 +168,14 @@ def vmap(
     @not_compiled
     @functools.wraps(func, updated=())
     def mapped(*args: object, **kwargs: object) -> Any:
-        if kept is not None and not joined:
+        hooks = are_saved_hooks_around()
+        if kept is not None and not joined and not hooks:
             result = kept.directly(args, kwargs)
             if result is not NOT_DIRECT:
                 return result
         with thread_state_kept() as restored, restored.twice:
-            return call_mapped(args, kwargs)
+            with integers_kept() if hooks else contextlib.nullcontext():
+                return call_mapped(args, kwargs)
 
     def call_mapped(args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         args, kwargs, is_ragged = groups.given(args, kwargs, options)

@@ -13,7 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils import checkpoint
 
-from shardmap._torch import pop_saved_hooks, push_saved_hooks, saved_hooks
+from shardmap._torch import (
+    pop_saved_hooks,
+    push_saved_hooks,
+    saved_hooks,
+    why_saved_hooks_are_refused,
+)
 
 
 @contextlib.contextmanager
@@ -54,6 +59,35 @@ def changing_hooks() -> Hooks | None:
     A checkpoint gives back what it was given, by computing it again.
     """
     return None if is_checkpoint_around() else saved_hooks(True)
+
+
+@contextlib.contextmanager
+def integers_kept() -> Iterator[None]:
+    """Keep integers that the body saves from hooks that may change what they are given.
+
+    A map sorts samples by indices of its own, which the loop does not save: rounded to `bfloat16`
+    they would lead to other samples.
+    """
+    hooks = changing_hooks()
+    if hooks is None or why_saved_hooks_are_refused() is not None:
+        yield
+        return
+    pack, unpack = hooks
+
+    def packed(tensor: torch.Tensor) -> tuple[torch.Tensor | None, object]:
+        if tensor.is_floating_point() or tensor.is_complex():
+            return None, pack(tensor)
+        return tensor, None
+
+    def unpacked(held: tuple[torch.Tensor | None, object]) -> torch.Tensor:
+        kept, given = held
+        return unpack(given) if kept is None else kept
+
+    push_saved_hooks(packed, unpacked)
+    try:
+        yield
+    finally:
+        pop_saved_hooks()
 
 
 @contextlib.contextmanager
