@@ -221,8 +221,11 @@ class Variables:
         return again
 
     def is_inner(self, tensor: torch.Tensor) -> bool:
-        """True if `tensor` belongs to a `torch.func` transform inside the function."""
-        return functorch.maybe_get_level(tensor) > self.depth
+        """True if `tensor` belongs to a `torch.func` transform inside the function.
+
+        One that has ended has no level; its pullback (`torch.func.jacrev`) still holds wrappers.
+        """
+        return functorch.maybe_get_level(tensor) > self.depth or id(tensor) in self.rewrapped
 
     def is_outer(self, tensor: torch.Tensor) -> bool:
         """True if `tensor` belongs to a `torch.func` transform around the call."""

@@ -61,6 +61,24 @@ def inside_and_outside(take: Callable[..., Map], x: Tensor) -> Any:
     return grad(loss)(WEIGHTS)
 
 
+def jacobians_inside(take: Callable[..., Map], x: Tensor) -> Any:
+    def loss(s: Tensor) -> Tensor:
+        return take(lambda r: jacrev(lambda t, q: (q * t).sin() * t)(s, r))(x).square().sum()
+
+    return grad(loss)(SCALE)
+
+
+def two_derivatives_inside(take: Callable[..., Map], x: Tensor) -> Any:
+    def loss(s: Tensor) -> Tensor:
+        def pulled(r: Tensor) -> Tensor:
+            inner = jacrev(grad(lambda t, q: (q * t).sin().sum() * t), argnums=(0, 1))
+            return torch.stack([t.sum() for t in inner(s, r)])
+
+        return take(pulled)(x).sin().sum()
+
+    return jacrev(loss)(SCALE)
+
+
 def by_forward_mode(take: Callable[..., Map], x: Tensor) -> Any:
     return jvp(lambda q: take(lambda r: (r * SCALE).tanh())(q), (x,), (x.cos(),))
 
@@ -121,7 +139,8 @@ def with_a_shared_argument(take: Callable[..., Map], x: Tensor) -> Any:
 
 
 FORMS = [
-    of_weights, of_rows, of_both, inside_and_outside, by_forward_mode, by_jacrev, by_jacfwd,
+    of_weights, of_rows, of_both, inside_and_outside, jacobians_inside, two_derivatives_inside,
+    by_forward_mode, by_jacrev, by_jacfwd,
     by_vjp, twice, captured_at_two_levels, by_hessian, stopped, asked, a_branch,
     with_a_shared_argument,
 ]  # fmt: skip
