@@ -67,7 +67,7 @@ class AutogradFunctionError(ShardmapError, RuntimeError):
 
 
 class HistoryError(ShardmapError, RuntimeError):
-    """A gradient inside the function goes on into what a mapped argument was computed from."""
+    """A gradient inside the function goes on into what was computed outside of it."""
 
 
 class UnsupportedOperatorError(ShardmapError, NotImplementedError):

@@ -128,7 +128,15 @@ class Equations(Variables):
             op: `DATA` for `tensor.data`, or torch's operator for `tensor.detach_()`.
             tensor: The tensor; after `detach_()` it is `bare` itself.
             bare: The result, which is returned.
+
+        Raises:
+            TransformError: Several transforms are around, of which torch cuts only the innermost.
         """
+        if op is DATA and self.depth > 1:
+            raise errors.TransformError(
+                f"{self.call}: `.data`, inside of several transforms of torch.func around the map, "
+                "leaves out the history of the innermost only; use .detach(), which leaves out all"
+            )
         source = self.known(tensor)
         if source is not None and source.group not in self.captured_groups:
             grad_mode = torch.is_grad_enabled()

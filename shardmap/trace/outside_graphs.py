@@ -7,13 +7,14 @@ that was computed outside, as far as `weight`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from shardmap import errors
+from shardmap._torch import functorch
 from shardmap.trace.graphs import edge_of, edges_behind, leaf_of
 from shardmap.trace.recording import Recording, element, flat_tensors, is_plain
 
@@ -29,8 +30,19 @@ def given_inputs(func: object, args: Sequence[object], kwargs: dict[str, object]
 
 
 def histories_of(leaves: Iterable[object]) -> list[Tensor]:
-    """The arguments that have a history, or begin one."""
-    return [t for t in leaves if isinstance(t, Tensor) and is_plain(t) and t.requires_grad]
+    """The arguments that have a history, or begin one, at each level of `torch.func`."""
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    return [t for t in _at_each_level(tensors) if t.requires_grad]
+
+
+def _at_each_level(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Tensors, and what the wrappers among them that take gradients hold."""
+    for tensor in tensors:
+        while functorch.is_gradtrackingtensor(tensor):
+            yield tensor
+            tensor = functorch.get_unwrapped(tensor)
+        if is_plain(tensor):
+            yield tensor
 
 
 def reached(arguments: Iterable[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
@@ -56,6 +68,8 @@ def differentiate(
     """
     inputs = [t for t in given_inputs(func, args, kwargs) if is_plain(t)]
     shared = [t for t in inputs if recorder.is_shared(t)]
+    if recorder.depth:
+        shared += _of_outer_levels(recorder, args[:1] or kwargs.get("outputs"), shared)
     if not shared:
         return
     level: object = recorder
@@ -68,6 +82,32 @@ def differentiate(
         known = set(map(id, shared))
         computed = [t for _, t in recorder.captured.values() if id(t) not in known]
         recorder.deep |= reached(histories_of(computed), shared) is not None
+
+
+def _of_outer_levels(recorder: Refusals, outputs: object, shared: Sequence[Tensor]) -> list[Tensor]:
+    """The wrappers of outer transforms for which plain tensors stand that a gradient is taken by.
+
+    Raises:
+        HistoryError: The gradient follows a graph of an outer transform. While the function is
+            recorded its tensors stand without it.
+    """
+    wrappers = {id(plain): wrapper for wrapper, plain in recorder.wrappers.values()}
+    followed = [wrappers[id(t)] for t in flat_tensors([outputs]) if id(t) in wrappers]
+    ended = [t for t in flat_tensors([outputs]) if functorch.maybe_get_level(t) < -1]
+    by = list(_at_each_level([wrappers[id(t)] for t in shared if id(t) in wrappers]))
+    computed = [t for t in _at_each_level(wrappers.values()) if t.grad_fn is not None]
+    if (
+        any(t.grad_fn is not None for t in _at_each_level(followed))
+        or any(recorder.is_outer(functorch.get_unwrapped(t)) for t in ended)
+        or reached(computed, by) is not None
+    ):
+        raise errors.HistoryError(
+            f"{recorder.call}: inside of a torch.func transform around the map, a gradient is "
+            "taken inside the function of a tensor that was computed outside of it; compute that "
+            "inside the function too (torch.func.jacrev, torch.func.vjp, or shardmap.jacrev), or "
+            "map this function by torch.func.vmap"
+        )
+    return by
 
 
 def refuse_deep(recorder: Refusals, outputs: Iterable[Tensor]) -> None:
@@ -93,7 +133,9 @@ def may_reach(recording: Recording, leaves: Iterable[object]) -> bool:
     if not arguments:
         return False
     known = [recording.captured[place] for place in recording.differentiated if place >= 0]
-    return len(known) < len(recording.differentiated) or reached(arguments, known) is not None
+    if len(known) < len(recording.differentiated):
+        return True
+    return reached(arguments, list(_at_each_level(known))) is not None
 
 
 def refuse_reached(call: str, arguments: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:

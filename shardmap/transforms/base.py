@@ -7,14 +7,50 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from shardmap import api, errors
-from shardmap._torch import not_compiled, pytree
+from shardmap._torch import dispatch_modes, forward_level, functorch, not_compiled, pytree
 from shardmap.call.comparison import Comparison
 from shardmap.call.planned import Plan
+from shardmap.trace.recorder import Recorder
 
 _OF_RUNS = ("out", "resume")
 """Options of `shardmap.vmap` that `shardmap.plan` does not take: a plan runs into memory."""
+
+
+_DERIVATIVES = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+
+
+def within_derivatives() -> bool:
+    """True if derivatives of `torch.func`, or forward mode, are active where the function is run.
+
+    While a function is recorded, the transforms around it are set aside.
+    """
+    if functorch.peek_interpreter_stack() is not None:
+        levels = functorch.get_interpreter_stack() or []
+        if any(level.key() in _DERIVATIVES for level in levels):
+            return True
+    return in_forward_mode() and not any(isinstance(m, Recorder) for m in dispatch_modes())
+
+
+def in_forward_mode() -> bool:
+    """True inside of `torch.autograd.forward_ad.dual_level`, of which torch has one."""
+    return forward_level(forward_ad) >= 0
+
+
+def refuse_nested_forward_mode(call: str) -> None:
+    """Refuse forward mode within `torch.autograd.forward_ad.dual_level()`.
+
+    Raises:
+        TransformError: The call is made there.
+    """
+    if in_forward_mode():
+        raise errors.TransformError(
+            f"{call}: the call takes tangents inside torch.autograd.forward_ad, of which torch has "
+            "one level only; use reverse mode (shardmap.jacrev(func), for second derivatives "
+            "shardmap.jacrev(torch.func.jacrev(func)))"
+        )
 
 
 class Transformed:
@@ -25,6 +61,8 @@ class Transformed:
         sample: The mapped function: the transform of one sample.
         in_dims: As for `shardmap.vmap`.
         options: As for `shardmap.vmap`.
+        within: The function to map inside of derivatives of `torch.func`, and in forward mode, if
+            it is another.
     """
 
     def __init__(
@@ -33,16 +71,20 @@ class Transformed:
         sample: Callable[..., Any],
         in_dims: Any,
         options: Mapping[str, Any],
+        within: Callable[..., object] | None = None,
     ):
         self._sample = sample
         self._in_dims = in_dims
         self._options = dict(options)
         self._mapped = api.vmap(sample, in_dims, **self._options)
+        self._within = within and api.vmap(within, in_dims, **self._options)
         functools.update_wrapper(self, func, updated=())
 
     @not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The results of the batch."""
+        if self._within is not None and (in_forward_mode() or within_derivatives()):
+            return self._within(*args, **kwargs)
         return self._mapped(*args, **kwargs)
 
     @not_compiled
@@ -152,10 +194,10 @@ class Differentiated:
             )
         self._args = args
         chosen = tuple([args[n] for n in self.numbers])
+        self.chosen = chosen
+        self.in_tuple = isinstance(argnums, tuple)
         self.leaves, self._structure = pytree.tree_flatten(chosen)
-        self.structure = (
-            self._structure if isinstance(argnums, tuple) else pytree.tree_flatten(chosen[0])[1]
-        )
+        self.structure = self._structure if self.in_tuple else pytree.tree_flatten(chosen[0])[1]
         """The structure of derivatives by argument: a tuple only if `argnums` is one."""
         for n, value in zip(self.numbers, chosen, strict=True):
             for leaf in pytree.tree_leaves(value):

@@ -14,7 +14,7 @@ from shardmap import errors
 from shardmap._torch import pytree
 from shardmap.transforms import agreement, guess
 from shardmap.transforms.asked import Asked
-from shardmap.transforms.base import Results
+from shardmap.transforms.base import Results, within_derivatives
 from shardmap.transforms.modes import Graph, first_line, has_no_formula, pushed_forward
 from shardmap.transforms.one_sample import OneSample, joined
 from shardmap.transforms.seeds import UnitVectors
@@ -34,6 +34,8 @@ class FirstOrder(OneSample):
 
     def reverse(self) -> object:
         """The Jacobian, computed row by row."""
+        if within_derivatives():
+            return self.within().jacobian()
         return self._all_rows(self._graph())
 
     def _graph(self) -> Graph:
@@ -65,6 +67,8 @@ class FirstOrder(OneSample):
         modes the function runs first as in reverse mode, which costs nothing where nothing uses
         it, so that recordings part where the function does: at a question about values.
         """
+        if within_derivatives():
+            return self.within().jacobian()
         graph = self._graph()
         try:
             tangents, why = self._tangents_as_reverse()

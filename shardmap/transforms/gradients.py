@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from shardmap.call.planned import Plan
 from shardmap.errors import TransformError
 from shardmap.transforms.base import Transformed
 from shardmap.transforms.modes import differ_in_grad_mode
+
+T = TypeVar("T")
 
 
 @not_compiled
@@ -45,7 +47,8 @@ def per_sample_grad(
     `loss(fn(params, x[i]), y[i])`.
 
     The gradients have no history of their own, whatever requires grad: to differentiate them again,
-    map `torch.func.grad` of the function with `shardmap.vmap`, or take `shardmap.jacrev`.
+    map `torch.func.grad` of the function with `shardmap.vmap`, or take `shardmap.jacrev`. Inside of
+    derivatives of `torch.func` they have one.
 
     With `reduce=` the gradients are not stacked but summed, clipped, compared or projected as they
     are computed, if possible without computing them themselves: see `shardmap.reduce`.
@@ -101,16 +104,15 @@ def per_sample_grad(
         )
     if isinstance(model_or_fn, nn.Module):
         select(model_or_fn, params, call)  # refused here, where it is asked for
-        of_sample = _module_gradient(model_or_fn, loss, params, flat, batch_of_one, has_aux, call)
-        return Transformed(model_or_fn.forward, of_sample, in_dims, options)
+        both = _module_gradient(model_or_fn, loss, params, flat, batch_of_one, has_aux, call)
+        return Transformed(model_or_fn.forward, both[0], in_dims, options, both[1])
     if params is not None:
         raise TransformError(
             f"{call}: params={params!r} selects a module's parameters by name; a function is "
             "differentiated by all that it gets, so pass it the chosen ones only"
         )
-    of_sample = _function_gradient(model_or_fn, loss, flat, batch_of_one, has_aux, call)
-
-    return OfParameters(model_or_fn, of_sample, in_dims, options)
+    both = _function_gradient(model_or_fn, loss, flat, batch_of_one, has_aux, call)
+    return OfParameters(model_or_fn, both, in_dims, options)
 
 
 class OfParameters:
@@ -119,12 +121,12 @@ class OfParameters:
     def __init__(
         self,
         fn: Callable[..., Any],
-        of_sample: Callable[..., Any],
+        both: _Both,
         in_dims: Any,
         options: MapOptions,
     ):
         self._fn = fn
-        self._of_sample = of_sample
+        self._both = both
         self._in_dims = in_dims
         self._options = options
         self._by_arguments: dict[Any, Transformed] = {}
@@ -163,7 +165,7 @@ class OfParameters:
                 else (self._in_dims,) * arguments
             )
             made = self._by_arguments[arguments] = Transformed(
-                self._fn, self._of_sample, (None, *dims), self._options
+                self._fn, self._both[0], (None, *dims), self._options, self._both[1]
             )
         return made
 
@@ -225,42 +227,70 @@ def select(
 
 def _module_gradient(
     model: nn.Module,
-    loss: Callable[..., Any] | None,
+    loss: Callable[..., object] | None,
     params: str | Sequence[str] | None,
     flat: bool,
     batch_of_one: bool,
     has_aux: bool,
     call: str,
-) -> Callable[..., Any]:
-    """A function of one sample: the gradients of the parameters that the model has when it runs."""
+) -> _Both:
+    """Functions of one sample: the gradients of the parameters that the model has when it runs."""
 
-    @functools.wraps(model.forward, assigned=())
-    def gradient(x: Any, *rest: Any) -> Any:
-        chosen = select(model, params, call)
-        names, tensors = list(chosen), list(chosen.values())
-        with torch.enable_grad():
-            output = _applied(model, x, batch_of_one)
-            value, aux = _value(output if loss is None else loss(output, *rest), has_aux, call)
-            found = _gradients(value, tensors)
-        gradients = _row(found) if flat else dict(zip(names, found, strict=True))
+    def value_of(
+        run: Callable[..., object], x: object, rest: tuple[object, ...]
+    ) -> tuple[Tensor, object]:
+        output = _applied(run, x, batch_of_one)
+        return _value(output if loss is None else loss(output, *rest), has_aux, call)
+
+    def arranged(found: Mapping[str, Tensor], aux: object) -> object:
+        gradients = _row(list(found.values())) if flat else dict(found)
         return (gradients, aux) if has_aux else gradients
 
+    @functools.wraps(model.forward, assigned=())
+    def gradient(x: object, *rest: object) -> object:
+        chosen = select(model, params, call)
+        with torch.enable_grad():
+            value, aux = value_of(model, x, rest)
+            found = _gradients(value, list(chosen.values()))
+        return arranged(dict(zip(chosen, found, strict=True)), _detached(aux))
+
+    @functools.wraps(model.forward, assigned=())
+    def within(x: object, *rest: object) -> object:
+        def of_tensors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, object]:
+            return value_of(functools.partial(_with_parameters, model, tensors), x, rest)
+
+        return arranged(*_traced_gradients(of_tensors, {**select(model, params, call)}))
+
     gradient.__name__ = gradient.__qualname__ = f"gradient of {type(model).__name__}"
-    return gradient
+    within.__name__ = within.__qualname__ = gradient.__name__
+    return gradient, within
 
 
 def _function_gradient(
-    fn: Callable[..., Any],
-    loss: Callable[..., Any] | None,
+    fn: Callable[..., object],
+    loss: Callable[..., object] | None,
     flat: bool,
     batch_of_one: bool,
     has_aux: bool,
     call: str,
-) -> Callable[..., Any]:
-    """A function of the parameters and one sample that returns the parameters' gradients."""
+) -> _Both:
+    """Functions of the parameters and one sample that return the parameters' gradients."""
 
-    @functools.wraps(fn, updated=())
-    def gradient(parameters: Any, *sample: Any, **kwargs: Any) -> Any:
+    def value_of(
+        handed: object, sample: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[Tensor, object]:
+        if loss is None:
+            output = (
+                fn(handed, *(_one(s) for s in sample), **kwargs)
+                if batch_of_one
+                else fn(handed, *sample, **kwargs)
+            )
+        else:
+            output = fn(handed, _one(sample[0])) if batch_of_one else fn(handed, sample[0])
+            output = loss(_only(output) if batch_of_one else output, *sample[1:], **kwargs)
+        return _value(output, has_aux, call)
+
+    def flattened(parameters: object) -> tuple[list[Tensor], pytree.TreeSpec]:
         leaves, structure = pytree.tree_flatten(parameters)
         if not leaves or not all(
             isinstance(p, Tensor) and (p.is_floating_point() or p.is_complex()) for p in leaves
@@ -269,27 +299,69 @@ def _function_gradient(
                 f"{call}: its first argument, the parameters, is to be a pytree of floating-point "
                 "tensors"
             )
-        with torch.enable_grad():
-            tensors = [p.detach().requires_grad_() for p in leaves]
-            handed = pytree.tree_unflatten(tensors, structure)
-            if loss is None:
-                output = (
-                    fn(handed, *(_one(s) for s in sample), **kwargs)
-                    if batch_of_one
-                    else fn(handed, *sample, **kwargs)
-                )
-            else:
-                output = fn(handed, _one(sample[0])) if batch_of_one else fn(handed, sample[0])
-                output = loss(_only(output) if batch_of_one else output, *sample[1:], **kwargs)
-            value, aux = _value(output, has_aux, call)
-            found = _gradients(value, tensors, differ_in_grad_mode([value]))
+        return leaves, structure
+
+    def arranged(found: Sequence[Tensor], structure: pytree.TreeSpec, aux: object) -> object:
         gradients = _row(found) if flat else pytree.tree_unflatten(list(found), structure)
         return (gradients, aux) if has_aux else gradients
 
-    return gradient
+    @functools.wraps(fn, updated=())
+    def gradient(parameters: object, *sample: object, **kwargs: object) -> object:
+        leaves, structure = flattened(parameters)
+        with torch.enable_grad():
+            tensors = [p.detach().requires_grad_() for p in leaves]
+            handed = pytree.tree_unflatten(tensors, structure)
+            value, aux = value_of(handed, sample, kwargs)
+            found = _gradients(value, tensors, differ_in_grad_mode([value]))
+        return arranged(found, structure, _detached(aux))
+
+    @functools.wraps(fn, updated=())
+    def within(parameters: object, *sample: object, **kwargs: object) -> object:
+        leaves, structure = flattened(parameters)
+
+        def of_leaves(tensors: list[Tensor]) -> tuple[Tensor, object]:
+            return value_of(pytree.tree_unflatten(tensors, structure), sample, kwargs)
+
+        found, aux = _traced_gradients(of_leaves, leaves)
+        return arranged(found, structure, aux)
+
+    return gradient, within
 
 
-def _applied(model: nn.Module, x: Any, batch_of_one: bool) -> Any:
+_Both = tuple[Callable[..., object], Callable[..., object]]
+"""The gradient of one sample, and the same with a history, for derivatives of `torch.func` around:
+in them a gradient without one would have a derivative of zero, and no error."""
+
+
+def _traced_gradients(
+    value_of: Callable[[T], tuple[Tensor, object]], tensors: T
+) -> tuple[T, object]:
+    """The gradients of a loss, which may be differentiated again, and its aux."""
+    seen: list[tuple[list[object], pytree.TreeSpec]] = []
+
+    def value(tensors: T) -> tuple[Tensor, list[Tensor]]:
+        found, aux = value_of(tensors)
+        seen.append(pytree.tree_flatten(aux))
+        return found, [leaf for leaf in seen[-1][0] if isinstance(leaf, Tensor)]
+
+    found, unwrapped = torch.func.grad(value, has_aux=True)(tensors)
+    leaves, structure = seen[-1]
+    rest = iter(unwrapped)
+    aux = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return found, pytree.tree_unflatten(aux, structure)
+
+
+def _detached(aux: object) -> object:
+    return pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, aux)
+
+
+def _with_parameters(
+    model: nn.Module, tensors: Mapping[str, Tensor], *args: object, **kwargs: object
+) -> object:
+    return torch.func.functional_call(model, dict(tensors), args, kwargs)
+
+
+def _applied(model: Callable[..., object], x: object, batch_of_one: bool) -> object:
     """Run the model on one sample: a tuple holds its arguments, a dict its named ones."""
     x = pytree.tree_map(_one, x) if batch_of_one else x
     if isinstance(x, dict):
@@ -299,17 +371,17 @@ def _applied(model: nn.Module, x: Any, batch_of_one: bool) -> Any:
     return pytree.tree_map(_only, output) if batch_of_one else output
 
 
-def _one(value: Any) -> Any:
+def _one(value: object) -> object:
     return value.unsqueeze(0) if isinstance(value, Tensor) else value
 
 
-def _only(value: Any) -> Any:
+def _only(value: object) -> object:
     return value.squeeze(0) if isinstance(value, Tensor) else value
 
 
-def _value(returned: Any, has_aux: bool, call: str) -> tuple[Tensor, Any]:
+def _value(returned: object, has_aux: bool, call: str) -> tuple[Tensor, object]:
     """The loss of one sample, and its aux."""
-    aux = None
+    aux: object = ()
     if has_aux:
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise TransformError(
@@ -317,7 +389,6 @@ def _value(returned: Any, has_aux: bool, call: str) -> tuple[Tensor, Any]:
                 "(loss, aux)"
             )
         returned, aux = returned
-        aux = pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, aux)
     if (
         not isinstance(returned, Tensor)
         or returned.numel() != 1

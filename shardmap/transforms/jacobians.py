@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar, Unpack
 
 from shardmap import errors
-from shardmap._torch import forward_ad, forward_level, not_compiled
+from shardmap._torch import not_compiled
 from shardmap.call.comparison import Comparison
 from shardmap.call.options import MapOptions
 from shardmap.call.planned import Plan
@@ -19,7 +19,10 @@ from shardmap.transforms.base import (
     Transformed,
     check_argnums,
     check_function,
+    in_forward_mode,
     name_of,
+    refuse_nested_forward_mode,
+    within_derivatives,
 )
 from shardmap.transforms.first_order import FirstOrder
 from shardmap.transforms.second_order import SecondOrder
@@ -248,20 +251,6 @@ def hessian(
     return Jacobians("hessian", func, argnums, False, "hessian", in_dims, seed_chunk_size, options)
 
 
-def _refuse_nested_forward_mode(call: str) -> None:
-    """Refuse forward mode within `torch.autograd.forward_ad.dual_level()`.
-
-    Raises:
-        TransformError: The call is made there.
-    """
-    if forward_level(forward_ad) >= 0:
-        raise errors.TransformError(
-            f"{call}: the call takes tangents inside torch.autograd.forward_ad, of which torch has "
-            "one level only; use reverse mode (shardmap.jacrev(func), for second derivatives "
-            "shardmap.jacrev(torch.func.jacrev(func)))"
-        )
-
-
 class ModeChosen(errors.ShardmapError):
     """The cheaper mode for samples of a new signature has been found, and the call is made again.
 
@@ -339,14 +328,15 @@ class Jacobians(Transformed):
         def sample(*args: Any, **kwargs: Any) -> Any:
             by = Differentiated(args, argnums, call)
             if method in ("hessian", "forward"):
-                _refuse_nested_forward_mode(call)
+                refuse_nested_forward_mode(call)
             if method == "hessian":
                 return SecondOrder(func, by, kwargs, has_aux, seeding, call).hessian()
             one = FirstOrder(func, by, kwargs, has_aux, seeding, call)
             taken = method
             if method == "auto":
                 # Its values must not follow from the mode, which costs decide.
-                if forward_level(forward_ad) >= 0:  # which torch does not nest
+                # Torch does not nest forward mode.
+                if in_forward_mode() or within_derivatives():
                     return one.reverse()
                 key = guess.signature(args, kwargs)
                 tensors = guess.tensors_of(key)

@@ -64,8 +64,7 @@ class Graph:
             # One view each: the same tensor may be passed twice, and is then differentiated by
             # separately in each place.
             self.leaves = [
-                t.view_as(t) if outside and t.requires_grad else t.detach().requires_grad_()
-                for t in by.leaves
+                t.view_as(t) if outside and t.requires_grad else leaf_like(t) for t in by.leaves
             ]
             self.results = Results(func(*by.with_leaves(self.leaves), **kwargs), has_aux, call)
         connected = any(t.requires_grad for t in by.leaves) or reaches_others(
@@ -84,6 +83,13 @@ class Graph:
     def cut(self, value: Any) -> Any:
         """A value of the forward pass without the graph that belongs to this transform only."""
         return value if self.create_graph else pytree.tree_map(lambda t: t.detach(), value)
+
+
+def leaf_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf to differentiate by, of the memory of a tensor, and with its tangent."""
+    # `detach` of a tensor that all samples share would leave out the tangent.
+    leaf = tensor.detach() if tensor.requires_grad else tensor.view_as(tensor)
+    return leaf.requires_grad_()
 
 
 def pulled_back(

@@ -10,6 +10,7 @@ import torch
 from shardmap._torch import pytree
 from shardmap.transforms.base import Differentiated
 from shardmap.transforms.modes import refuse_inference_mode
+from shardmap.transforms.nested import Within
 from shardmap.transforms.seeds import Seeding
 
 Part = tuple[torch.Tensor, ...]
@@ -34,6 +35,10 @@ class OneSample:
         self.seeding = seeding
         self.call = call
         refuse_inference_mode(call)
+
+    def within(self) -> Within:
+        """The derivatives where transforms of `torch.func` are active."""
+        return Within(self.func, self.by, self.kwargs, self.has_aux, self.call)
 
     def by_argument(self, parts: list[Any]) -> Any:
         """Arrange one part per input as the arguments that are differentiated by."""

@@ -25,15 +25,18 @@ from shardmap.transforms.base import (
     check_argnums,
     check_function,
     name_of,
+    within_derivatives,
 )
 from shardmap.transforms.modes import (
     Graph,
     first_line,
     has_no_formula,
+    leaf_like,
     pulled_back,
     pushed_forward,
     refuse_inference_mode,
 )
+from shardmap.transforms.nested import Within
 
 logger = logging.getLogger("shardmap")
 
@@ -94,15 +97,15 @@ def vjp(
     def sample(*args: Any, **kwargs: Any) -> Any:
         inputs, vector = _with_vector(args, call, "cotangents")
         by = Differentiated(inputs, argnums, call)
+        what = (f"{call}: the cotangents", "the function's result")
+        if within_derivatives():
+            value, product, aux = Within(func, by, kwargs, has_aux, call).product(
+                lambda leaves, structure: _like(vector, leaves, structure, *what)
+            )
+            return (value, product, aux) if has_aux else (value, product)
         graph = Graph(func, by, kwargs, has_aux, call)
         results = graph.results
-        cotangents = _like(
-            vector,
-            results.leaves,
-            results.structure,
-            f"{call}: the cotangents",
-            "the function's result",
-        )
+        cotangents = _like(vector, results.leaves, results.structure, *what)
         product = pytree.tree_unflatten(
             list(graph.pulled_back(results.leaves, cotangents)), by.structure
         )
@@ -228,6 +231,10 @@ def hvp(
         vectors = _like(
             vector, by.leaves, by.structure, f"{call}: the vectors", "what is differentiated by"
         )
+        if within_derivatives():
+            return Within(func, by, kwargs, False, call).second_product(
+                vectors, lambda results: _one_scalar(results, call)
+            )
         graph = Graph(func, by, kwargs, False, call)
         (value,) = _one_scalar(graph.results, call)
         try:
@@ -267,8 +274,7 @@ def _tangents_of_gradient(
 
     with torch.enable_grad():
         primals = [
-            t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_()
-            for t in by.leaves
+            t.view_as(t) if create_graph and t.requires_grad else leaf_like(t) for t in by.leaves
         ]
         products = pushed_forward(gradient, primals, vectors, nested=False)[1]
     return tuple([t if create_graph else t.detach() for t in products])

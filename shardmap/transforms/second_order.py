@@ -10,11 +10,12 @@ import torch
 
 from shardmap import errors
 from shardmap._torch import pytree
-from shardmap.transforms.base import Results
+from shardmap.transforms.base import Results, within_derivatives
 from shardmap.transforms.modes import (
     Graph,
     first_line,
     has_no_formula,
+    leaf_like,
     pulled_back,
     pushed_forward,
 )
@@ -37,6 +38,8 @@ class SecondOrder(OneSample):
         That runs the function for each pair of an input and an output. If it draws, two backward
         passes are taken of one run instead, so that the draws are those of the function's map.
         """
+        if within_derivatives():
+            return self.within().hessian()
         graph = Graph(self.func, self.by, self.kwargs, False, self.call)
         try:
             blocks = self._all_blocks(graph, self._tangents_of_gradients(graph))
@@ -137,8 +140,7 @@ class SecondOrder(OneSample):
 
             with torch.enable_grad():
                 primals = [
-                    t.view_as(t) if keep and t.requires_grad else t.detach().requires_grad_()
-                    for t in by.leaves
+                    t.view_as(t) if keep and t.requires_grad else leaf_like(t) for t in by.leaves
                 ]
                 tangents = [seed if i == j else None for i in range(len(primals))]
                 products = pushed_forward(gradients, primals, tangents, nested=False)[1]
