@@ -28,6 +28,7 @@ from shardmap._torch import pytree, without_dispatch, without_functions
 from shardmap.call import standin
 from shardmap.call.memo import Prepared
 from shardmap.call.reachable import reachable
+from shardmap.call.sample_draws import Drawing
 from shardmap.call.spread import Answers, Asked
 from shardmap.call.standin import ITSELF, StandIn
 from shardmap.lower.batched import LoweringOptions
@@ -46,8 +47,6 @@ _BLOCK = 64
 blocks."""
 _UNBOUND = "This view is the output of a function that returns multiple views"
 """Start of torch's error for a write to one of many views while gradients are recorded."""
-_SEED_STEP = 0x9E3779B97F4A7C15
-"""Constant that sets the seeds of neighbouring samples far apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +220,12 @@ class SampleLoop(StandIn):
             for rows, seen in zip(columns, self._tracked_rows, strict=True)
         ]
         if self.draws:
-            for i in range(size):
-                number = number_of(start, i)
-                with self._drawing(seed, number):
-                    found = self._one([rows[i] for rows in columns], number)
-                yield found
+            how = self.randomness, self.call, _BEGIN
+            with Drawing(seed, self.generators, *how, start, size) as drawing:
+                for i in range(size):
+                    with drawing.of(i):
+                        found = self._one([rows[i] for rows in columns], number_of(start, i))
+                    yield found
             return
         for first in range(0, size, _BLOCK):
             watched = self.randomness == "error" and alone()
@@ -289,25 +289,6 @@ class SampleLoop(StandIn):
                 stack.enter_context(AsPython())
             yield
 
-    @contextlib.contextmanager
-    def _drawing(self, seeds: Seeds, number: int) -> Iterator[None]:
-        """Make random draws depend only on the call's seeds and the sample's number."""
-        step = 0 if self.randomness == "same" else (number + 1) * _SEED_STEP
-        own, *others = [seed + step for seed in seeds if isinstance(seed, int)]
-        with (
-            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-            _seeded(self.generators, others),
-        ):
-            torch.manual_seed(own % (1 << 63))
-            python, numbers = random.getstate(), np.random.get_state()
-            random.seed(own)
-            np.random.seed(own % (1 << 32))
-            try:
-                yield
-            finally:
-                random.setstate(python)
-                np.random.set_state(numbers)
-
     def _one(self, row: list[torch.Tensor], number: int) -> list[torch.Tensor]:
         out = self._called(row)
         if type(out) is torch.Tensor and self.structure.is_leaf():
@@ -370,6 +351,9 @@ class SampleLoop(StandIn):
         return self.func(*args, **kwargs)
 
 
+_BEGIN = SampleLoop._called.__code__
+
+
 def _rows_of(batch: torch.Tensor) -> Sequence[torch.Tensor] | torch.Tensor:
     """The rows as `for row in batch` gives them.
 
@@ -394,19 +378,6 @@ def _is_positional(batch: Batch) -> bool:
     tensors = batch.tensors()
     args, kwargs = batch.unflatten(tensors)
     return not kwargs and len(args) == len(tensors) and all(map(operator.is_, args, tensors))
-
-
-@contextlib.contextmanager
-def _seeded(generators: Sequence[torch.Generator], seeds: Sequence[int]) -> Iterator[None]:
-    """Seed generators of the user's, and restore their states afterwards."""
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator, seed in zip(generators, seeds, strict=True):
-            generator.manual_seed(seed % (1 << 63))
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def warn_of_loop(call: str, why: str, strict: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from shardmap.call import automatic, by_shape, first_use, paths, routes, shapes
+from shardmap.call import automatic, by_shape, first_use, paths, routes, sample_draws, shapes
 from shardmap.lower import cache
 from shardmap.run import graphed
 from shardmap.trace import repeat
@@ -27,6 +27,7 @@ def clear_caches() -> None:
     first_use.clear()
     paths.clear()
     routes.clear()
+    sample_draws.clear()
     shapes.clear()
     cache.clear()
     graphed.clear()

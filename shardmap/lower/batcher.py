@@ -67,14 +67,14 @@ class _Batcher:
         fixes: Fixes,
         to_loop: Callable[[int, Equation], None],
         lowered: Callable,
+        drawn: int,
     ):
-        self.program = program
-        self.options = options
+        self.program, self.options = program, options
         self.fixes = fixes
         self.to_loop = to_loop
         self.lowered = lowered
         self.b = Lowering(options.device_type, options.randomness)
-        self.b.transformed = options.transformed
+        self.b.transformed, self.b.drawn = options.transformed, drawn
         self.b.sample_device = program.inputs[0].spec.device
         self.env: dict[int, V] = {}
         self.mapped = mapped_groups(program, options.randomness, options.transformed)
@@ -431,6 +431,7 @@ def lower(
     fixes: Fixes,
     to_loop: Callable[[int, Equation], None],
     lowered: Callable,
+    drawn: int = 0,
 ) -> BatchedProgram:
     """Lower a program to a batched program.
 
@@ -440,9 +441,10 @@ def lower(
         fixes: Fixes that trials of the program have shown to be needed.
         to_loop: Called for each recorded call that only the loop serves; it may refuse.
         lowered: Lowers a program that is part of this one, and caches it (`cache.lowered`).
+        drawn: Number of calls that have drawn before it.
 
     Raises:
         ShardmapError: `to_loop` refuses.
     """
     refuse_offsets_of_inputs(program, options.call)
-    return _Batcher(program, options, fixes, to_loop, lowered).run()
+    return _Batcher(program, options, fixes, to_loop, lowered, drawn).run()

@@ -337,7 +337,7 @@ class _Drawing:
         return op(*positional, **named)
 
 
-class _SeededLoop(OperatorLoop):
+class SeededLoop(OperatorLoop):
     """Function that calls a random operator for each sample, or once for all samples."""
 
     def __init__(
@@ -395,6 +395,6 @@ def seeded_loop(
         _Drawing(b, eq, mapped, call), [source(b, eq)[0], *args], kwargs, numbered=True
     )
     results = None if writes_only(eq) else Results.of(eq, call)
-    loop = _SeededLoop(b, eq, given, results, mapped)
+    loop = SeededLoop(b, eq, given, results, mapped)
     where = (B, START) if mapped else (1, 0)
     return emit_loop(b, loop, given, *where, mapped=mapped)

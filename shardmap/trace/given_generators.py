@@ -58,7 +58,7 @@ class GivenGenerators:
         Raises:
             RandomnessError: The function has set its state.
         """
-        if _is_default(generator):
+        if is_default(generator):
             return None
         place = self._place(generator)
         self._check(place)
@@ -140,7 +140,8 @@ class GivenGenerators:
             )
 
 
-def _is_default(generator: torch.Generator) -> bool:
+def is_default(generator: torch.Generator) -> bool:
+    """True if a generator is torch's own of its device."""
     defaults: tuple[torch.Generator, ...] = (torch.default_generator,)
     if generator.device.type == "cuda":
         defaults = torch.cuda.default_generators
