@@ -13,6 +13,7 @@ import torch
 
 from shardmap import errors
 from shardmap._threads import default_generator_states, restore_default_generators
+from shardmap.call.amplified import Amplified, explains
 from shardmap.call.rounding import Rounding
 from shardmap.lower.closeness import has_values, thinned
 from shardmap.planning.split import split
@@ -64,12 +65,12 @@ def outputs(job: Job, found: Sequence[torch.Tensor], expected: Samples) -> None:
     """
     rows = _rows(job, expected)
     compared = _compared(job) if rows else set()
-    rounding = _rounding(job, expected)
+    rounding, moved = _rounding(job, expected), Amplified(job)
     for row, sample in rows:
         for k, (out, t, wanted) in enumerate(zip(job.outputs, found, sample, strict=True)):
             if out.reduction is None and k in compared and has_values(t) and has_values(wanted):
                 got = t if out.dim is None else t.select(out.dim, row)
-                _refuse_other(job, rounding, k, row, wanted, got)
+                _refuse_other(job, rounding, k, row, wanted, got, moved)
 
 
 def stored(job: Job, store: Store, names: Sequence[str], expected: Samples) -> None:
@@ -86,12 +87,12 @@ def stored(job: Job, store: Store, names: Sequence[str], expected: Samples) -> N
     """
     rows = _rows(job, expected)
     compared = _compared(job) if rows else set()
-    rounding = _rounding(job, expected)
+    rounding, moved = _rounding(job, expected), Amplified(job)
     for row, sample in rows:
         for k, (name, wanted) in enumerate(zip(names, sample, strict=True)):
             if k in compared and has_values(wanted):
                 got = store.read(name, row, row + 1)[0]
-                _refuse_other(job, rounding, k, row, wanted, got)
+                _refuse_other(job, rounding, k, row, wanted, got, moved)
 
 
 def reductions(job: Job, expected: Samples) -> None:
@@ -133,11 +134,11 @@ def reductions(job: Job, expected: Samples) -> None:
         cut = split(2, sites(pair, on, (name,), lambda _: None, False, False), 1, False, None)
         found = local.run(pair, cut, on)
     restore_default_generators(states)
-    compared, rounding = _compared(job), _rounding(job, expected)
+    compared, rounding, moved = _compared(job), _rounding(job, expected), Amplified(job)
     for k in reduced:
         wanted = _reduced(job.outputs[k], expected[0][k], expected[1][k])
         if k in compared and has_values(found[k]) and has_values(wanted):
-            _refuse_other(job, rounding, k, None, wanted, found[k])
+            _refuse_other(job, rounding, k, None, wanted, found[k], moved)
 
 
 def _reduced(out: Output, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -184,9 +185,11 @@ def _refuse_other(
     row: int | None,
     wanted: torch.Tensor,
     got: torch.Tensor,
+    moved: Amplified,
 ) -> None:
-    same = got.shape == wanted.shape and rounding.explains(
-        thinned(wanted), thinned(got).to(wanted.device)
+    same = got.shape == wanted.shape and (
+        rounding.explains(thinned(wanted), thinned(got).to(wanted.device))
+        or explains(_moved(job, moved, k, row), wanted, got)
     )
     if not same:
         what = "the reduction of two samples" if row is None else f"sample {row}"
@@ -197,3 +200,10 @@ def _refuse_other(
             "plain "
             "loop, and report the function"
         )
+
+
+def _moved(job: Job, moved: Amplified, k: int, row: int | None) -> list[torch.Tensor]:
+    """An output from operands that are rounded otherwise, several times."""
+    if row is not None:
+        return [rows[0 if row == 0 else -1][k] for rows in moved.results()]
+    return [_reduced(job.outputs[k], rows[0][k], rows[-1][k]) for rows in moved.results()]

@@ -8,7 +8,7 @@ Then each result differs by the rounding of one operator only, and a larger diff
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +98,21 @@ def compare(program: Program, batched: BatchedProgram, trial: Trial) -> Apart:
     return Apart(wrong, outputs, [sample.outputs() for sample in samples])
 
 
-def by_recorded_calls(program: Program, trial: Trial, row: int) -> list[torch.Tensor]:
-    """The outputs of one sample, computed by the recorded calls themselves."""
-    sample = _Sample(program, trial, row)
+def by_recorded_calls(
+    program: Program,
+    trial: Trial,
+    row: int,
+    moved: Callable[[Equation, torch.Tensor], torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """The outputs of one sample, computed by the recorded calls themselves.
+
+    Args:
+        program: The program of one sample.
+        trial: The samples.
+        row: The sample's place.
+        moved: Takes the place of each result, if it is given.
+    """
+    sample = _Sample(program, trial, row, moved)
     sample.advance(len(program.equations) - 1)
     return sample.outputs()
 
@@ -198,7 +210,14 @@ def _copy_written(
 class _Sample:
     """One sample that is computed by the recorded calls themselves."""
 
-    def __init__(self, program: Program, trial: Trial, row: int):
+    def __init__(
+        self,
+        program: Program,
+        trial: Trial,
+        row: int,
+        moved: Callable[[Equation, torch.Tensor], torch.Tensor] | None = None,
+    ):
+        self.moved = moved
         self.program = program
         self.trial = trial
         self.env: dict[int, Any] = {}
@@ -253,6 +272,8 @@ class _Sample:
             out = eq.op(*args, **kwargs)
         _empty(eq, out)
         results = list(_tensors(out))
+        if self.moved is not None:
+            results = [self.moved(eq, t) for t in results]
         names = list(variables(eq.outs))
         if len(results) == len(names):
             for var, t in zip(names, results, strict=True):

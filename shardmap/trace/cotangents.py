@@ -15,7 +15,8 @@ from shardmap.trace.recorder import Recorder
 
 REMEDY = (
     "take the gradient inside the mapped function (torch.autograd.grad), call it under "
-    "torch.no_grad(), or write it with torch operators"
+    "torch.no_grad(), .detach() what it takes if no gradient is to pass, or write it with torch "
+    "operators"
 )
 """What to do about a backward that cannot be recorded."""
 

@@ -473,3 +473,26 @@ def test_a_full_backward_hook_of_a_module_is_refused() -> None:
         shardmap.vmap(layer)(x)
     handle.remove()
     assert_same(shardmap.vmap(layer)(x), loop(layer)(x), "the hook is removed")
+
+
+@torch.library.custom_op("shardmap_own_test::metric", mutates_args=())
+def metric(t: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(t.detach().numpy().copy()).max()
+
+
+@pytest.mark.filterwarnings("ignore::shardmap.errors.SlowLoopWarning")
+def test_a_metric_without_a_backward_beside_a_loss_is_refused_and_the_remedy_works() -> None:
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(5, 3, dtype=torch.float64)
+
+    def both(r: torch.Tensor, cut: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        y = (weight * r).sin()
+        return y.sum(), metric(y.detach() if cut else y)
+
+    with pytest.raises(errors.AutogradFunctionError, match=r"\.detach\(\) what it takes"):
+        shardmap.vmap(lambda r: both(r, False))(rows)
+    losses, metrics = shardmap.vmap(lambda r: both(r, True))(rows)
+    pairs = [both(r, False) for r in rows]
+    torch.testing.assert_close(metrics, torch.stack([m for _, m in pairs]))
+    expected = torch.autograd.grad(torch.stack([value for value, _ in pairs]).sum(), weight)
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), weight), expected)
